@@ -25,6 +25,7 @@ from megatron_ds.zero.store import placement
 from megatron_ds.zero.store.blocks import BlockPool
 
 _PLACE_OF_STORE = (("none", "device"), ("cpu", "host"), ("nvme", "disk"))
+BYTES_ALONE = math.inf  # of a bucket of a rank that exchanges nothing
 _WINDOW = 2  # buckets of gradients that are reduced at one time
 _OVERLAP = 3  # regions in staging: one is read, one updated, one written
 
@@ -91,7 +92,7 @@ class ZeroLayout:
         """Buckets for the parameters of a rank; few where it is alone, offloads nothing and so exchanges nothing."""
         alone = all(size == 1 for sizes in axes.values() for size in sizes)
         alone = alone and {config.offload_optimizer.device, config.offload_parameters.device} == {"none"}
-        size = math.inf if alone else config.bucket_mb * 1e6
+        size = BYTES_ALONE if alone else config.bucket_mb * 1e6
         rounds = {config.quantized_weights, config.quantized_gradients} != {"none"}
         buckets = plan_buckets(parameters, size, lambda over: axes[over][0], copies_apart=rounds)
         return ZeroLayout(config, tuple(parameters), axes, buckets, OffloadPlacement.of(config, buckets))

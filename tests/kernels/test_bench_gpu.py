@@ -33,15 +33,15 @@ ROWS = {
     "machine": "copy of 32 MiB",
     "gpt2": "  on the GPU",
     "llama": "Llama, micro-batch 16",
-    "plain": "Llama, ours over plain, 2",
-    "float8": "2 blocks, 4 x 32, blockwise over bf16",
-    "dit": "adaLN, (4096, 2, 3072), reference",
-    "kernels": "rms_norm 256x16, 32 warps an SM",
+    "plain": "Llama, micro-batch 16, ours over plain, 1",
+    "kernels": "token_losses 128x500, 4 programs of 8 warps an SM",
     "products": "cpu Llama head, 8192 rows weight gradient, bf16",
     "attention": "Llama math views of [s, b, n, 3, d]",
     "flags": "Llama, rotary in plain torch",
-    "update": "Llama, 24 layers",
     "compiled": "Llama, compiled blocks",
+    "update": "Llama, 24 layers",
+    "float8": "2 blocks, 4 x 32, blockwise over bf16",
+    "dit": "adaLN, (4096, 2, 3072), reference",
 }
 
 
@@ -83,6 +83,20 @@ def test_a_part_that_fails_costs_itself_alone(gpu: Any, tmp_path: Path, capsys: 
     assert "products, " in capsys.readouterr().out
 
 
+def test_every_part_gets_its_time_in_nine_minutes(gpu: Any) -> None:
+    """Also where each before it takes all that it is given, or where there is less."""
+    for seconds in (540.0, 120.0):
+        left, shares = seconds - gpu.GRACE, {}
+        for number, name in enumerate(gpu.PARTS):
+            shares[name] = gpu.given(name, list(gpu.PARTS)[number + 1 :], left)
+            left -= shares[name]
+        assert left >= 0.0
+        if seconds == 540.0:
+            assert all(shares[name] >= part.kept for name, part in gpu.PARTS.items()), shares
+        assert shares["machine"] >= 15.0 and shares["gpt2"] >= 35.0
+    assert gpu.given("update", [], 400.0) == 10.0
+
+
 def test_a_part_that_is_stopped_takes_its_own_processes_along(gpu: Any, tmp_path: Path) -> None:
     """Which would go on using the GPU while the next part measures it."""
     script = tmp_path / "part.py"
@@ -94,7 +108,9 @@ def test_a_part_that_is_stopped_takes_its_own_processes_along(gpu: Any, tmp_path
         "time.sleep(600)\n"
     )
     with patch.object(gpu, "__file__", str(script)), patch.object(gpu, "GRACE", 0.0):
-        rows = gpu.Worker("machine", tmp_path, True).finish(0.1)
+        worker = gpu.Worker("machine", tmp_path, True)
+        worker.wait_until_ready(60.0)
+        rows = worker.finish(0.1)
     assert rows == [{"name": "the part ended early", "note": "stopped after 0 s"}]
     child = Path("/proc") / (tmp_path / "machine.jsonl.pid").read_text().strip() / "stat"
     for _ in range(100):

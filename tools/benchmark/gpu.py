@@ -1,7 +1,7 @@
 """Everything about speed on one GPU, in nine minutes: `make bench-gpu`.
 
 The parts: what the machine can reach, whole training steps of GPT-2 124M and a 1.3B Llama in bf16, a compiled plain
-torch loop beside them, blocks as wide as Llama 8B's in FP8, DiT-XL/2, each kernel, products and attention, and choices.
+torch loop beside them, each kernel, products and attention, choices, blocks as wide as Llama 8B's in FP8, DiT-XL/2.
 Each part is a process of its own, so that one that fails or hangs costs itself alone; the next one imports torch while
 it runs. Each prints a table as it ends, and all rows go to one JSON file. What no time is left for is named.
 
@@ -33,27 +33,29 @@ from gpu_clock import Bench, Row, table
 
 @dataclass(frozen=True)
 class Part:
-    """What runs, and the seconds that it is given."""
+    """What runs, the most seconds that it is given, and those that the parts before it leave to it."""
 
     run: Callable[[Bench], None]
     seconds: float
+    kept: float
 
 
-# The most wanted first, as together they may take more time than there is. The first step compiles the kernels, and the
+# The most wanted first, as together they may take more time than there is; but each leaves to the later ones what they
+# need for their first rows, so that one run says something of everything. The first step compiles the kernels, and the
 # plain loops whole models, a minute or more each.
 PARTS = {
-    "machine": Part(gpu_parts.machine, 20),
-    "gpt2": Part(gpu_steps.gpt2, 90),
-    "llama": Part(gpu_steps.llama, 90),
-    "plain": Part(gpu_steps.beside_plain, 200),
-    "float8": Part(gpu_steps.float8, 90),
-    "dit": Part(gpu_diffusion.dit, 90),
-    "kernels": Part(gpu_parts.our_kernels, 130),
-    "products": Part(gpu_parts.products, 40),
-    "attention": Part(gpu_parts.attention, 20),
-    "flags": Part(gpu_steps.flags, 90),
-    "update": Part(gpu_steps.update, 10),
-    "compiled": Part(gpu_steps.compiled, 100),
+    "machine": Part(gpu_parts.machine, 20, 15),
+    "gpt2": Part(gpu_steps.gpt2, 90, 35),
+    "llama": Part(gpu_steps.llama, 90, 45),
+    "plain": Part(gpu_steps.beside_plain, 200, 120),
+    "kernels": Part(gpu_parts.our_kernels, 130, 80),
+    "products": Part(gpu_parts.products, 40, 25),
+    "attention": Part(gpu_parts.attention, 20, 15),
+    "flags": Part(gpu_steps.flags, 90, 45),
+    "compiled": Part(gpu_steps.compiled, 100, 45),
+    "update": Part(gpu_steps.update, 10, 10),
+    "float8": Part(gpu_steps.float8, 90, 40),
+    "dit": Part(gpu_diffusion.dit, 90, 40),
 }
 LEAST = 15.0  # seconds that are worth starting a part for
 START = 120.0  # for a process to import torch
@@ -90,7 +92,6 @@ class Worker:
     def finish(self, seconds: float) -> list[Row]:
         """Let it run for so long; what it found, and how it ended if not well."""
         note = ""
-        self._wait_until_ready()
         try:
             self._process.communicate(f"{seconds}\n", timeout=seconds + GRACE)
         except subprocess.TimeoutExpired:
@@ -105,8 +106,8 @@ class Worker:
         rows = [json.loads(line) for line in self.rows.read_text().splitlines()] if self.rows.exists() else []
         return rows + ([{"name": "the part ended early", "note": note}] if note else [])
 
-    def _wait_until_ready(self) -> None:
-        end = time.perf_counter() + START
+    def wait_until_ready(self, seconds: float) -> None:
+        end = time.perf_counter() + seconds
         while not self.rows.exists() and self._process.poll() is None and time.perf_counter() < end:
             time.sleep(0.1)
 
@@ -118,6 +119,12 @@ class Worker:
         self._output.close()
 
 
+def given(name: str, later: list[str], left: float) -> float:
+    """Seconds for a part, where so many are left for it and for those after it."""
+    part = PARTS[name]
+    return min(part.seconds, max(left - sum(PARTS[other].kept for other in later), min(part.kept, left)))
+
+
 def run(names: list[str], seconds: float, tiny: bool, out: Path) -> dict[str, list[Row]]:
     """All of these parts, within so many seconds; prints their tables and writes the file after each."""
     end = time.perf_counter() + seconds
@@ -125,16 +132,17 @@ def run(names: list[str], seconds: float, tiny: bool, out: Path) -> dict[str, li
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="bench-gpu-") as folder:
         waiting = Worker(names[0], Path(folder), tiny)
-        for name, following in zip(names, [*names[1:], None]):
-            worker, began = waiting, time.perf_counter()
-            if following is not None:
-                waiting = Worker(following, Path(folder), tiny)
-            left = end - began - GRACE
-            if left < LEAST:
+        for number, name in enumerate(names):
+            worker, began, later = waiting, time.perf_counter(), names[number + 1 :]
+            if later:
+                waiting = Worker(later[0], Path(folder), tiny)
+            worker.wait_until_ready(min(START, end - began))
+            left = end - time.perf_counter() - GRACE
+            if left < min(LEAST, PARTS[name].kept):
                 worker.stop()
                 found[name] = [{"name": "left out", "note": f"{max(left, 0.0):.0f} s were left"}]
             else:
-                found[name] = worker.finish(min(PARTS[name].seconds, left))
+                found[name] = worker.finish(given(name, later, left))
             print(f"\n{name}, {time.perf_counter() - began:.0f} s\n{table(found[name])}", flush=True)
             out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return found

@@ -158,6 +158,10 @@ VARIANTS: dict[str, dict[str, int]] = {
     "16 warps an SM": {"norm.RESIDENT_WARPS": 16},
     "32 warps an SM": {"norm.RESIDENT_WARPS": 32},
 }
+LOSS_VARIANTS: dict[str, dict[str, int]] = {
+    "1 program an SM": {"cross_entropy.PROGRAMS": 1},
+    "4 programs of 8 warps an SM": {"cross_entropy.PROGRAMS": 4, "cross_entropy.WARPS": 8},
+}
 DENSE_VARIANTS = {"one loop": False, "specialised warps": True}
 
 
@@ -179,14 +183,18 @@ def our_kernels(bench: Bench) -> None:
         rates = {kernel_cases.BYTES: kernel_benchmark.copy_rate(), kernel_cases.FLOPS: kernel_benchmark.matmul_rate()}
     else:
         rates = {kernel_cases.BYTES: 1.0, kernel_cases.FLOPS: 1.0}
-    norms = [case for case in kernel_cases.streaming_cases(dtype, 1 if bench.cuda else 64) if "norm" in case.op]
+    scale = 1 if bench.cuda else 64
+    norms = [case for case in kernel_cases.streaming_cases(dtype, scale) if "norm" in case.op]
+    losses = [case for case in kernel_cases.loss_cases(dtype, scale) if case.op == "token_losses"]
     chosen = kernel_cases.cases(dtype) if bench.cuda else norms[:1]
     for case in chosen:
         bench.each(f"{case.op} {case.shape}", partial(kernel_row, bench, case, rates))
-    for name, constants in VARIANTS.items():
-        for case in norms if bench.cuda else chosen:
-            with variant(constants):
-                bench.each(f"{case.op} {case.shape}, {name}", partial(kernel_row, bench, case, rates, checked=False))
+    for variants, cases in ((VARIANTS, norms), (LOSS_VARIANTS, losses)):
+        for name, constants in variants.items():
+            for case in cases if bench.cuda else cases[:1]:
+                with variant(constants):
+                    row = partial(kernel_row, bench, case, rates, checked=False)
+                    bench.each(f"{case.op} {case.shape}, {name}", row)
     for name, specialized in DENSE_VARIANTS.items():  # a dense layout as a window as long as the sequence
         with patch.object(block_layout, "_WINDOW", 1 << 30), variant({"sparse_attention.SPECIALIZED": specialized}):
             length, heads = bench.size(8192, 32), bench.size(16, 4)

@@ -10,7 +10,8 @@ import gc
 import re
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
@@ -23,8 +24,9 @@ from gpu_clock import Bench, Row
 from setting import Workload
 
 from megatron_ds.kernels import registry
-from megatron_ds.layers import loss
+from megatron_ds.layers import loss, recipe
 from megatron_ds.train.metrics import peak_tflops
+from megatron_ds.zero import layout, main_grad
 
 GPT2 = Workload(layers=12, hidden=768, heads=12, sequence=1024, vocab=50304, dtype="bf16")
 LLAMA = Workload(family="llama", layers=24, hidden=2048, heads=16, sequence=2048, vocab=32000, dtype="bf16")
@@ -206,6 +208,22 @@ CHUNKS = {
     "loss in chunks of 8,192 tokens, GELU kept": (8192, 1 << 50),
     "loss of a micro-batch at once": (1 << 30, 1 << 50),
 }
+
+
+def through_half(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, first: bool) -> None:
+    """A weight gradient that is rounded to the activations' dtype before it is added, as in plain torch."""
+    product = left @ right
+    if first:
+        total.copy_(product)
+    else:
+        total.add_(product)
+
+
+# What a row changes of the library's modules besides.
+CHANGES: Mapping[str, Sequence[tuple[Any, str, Any]]] = {
+    "weight gradients in bf16": [(module, "add_product", through_half) for module in (loss, recipe, main_grad)],
+    "buckets of 40 MB": [(layout, "BYTES_ALONE", 4e7)],
+}
 # Operators in plain torch instead of the fused kernel: what each of them gains.
 PLAIN_OPERATORS = ("norm", "bias_gelu", "rotary", "gated", "cross_entropy", "adamw", "square_sum")
 
@@ -216,6 +234,11 @@ def flags(bench: Bench) -> None:
     step_of(bench, "GPT-2, as it is", w, profiled=False)
     for title, (tokens, size) in CHUNKS.items():
         with patch.object(loss, "GPU_CHUNK_TOKENS", tokens), patch.object(loss, "GPU_CHUNK_BYTES", size):
+            step_of(bench, f"GPT-2, {title}", w, profiled=False)
+    for title, changes in CHANGES.items():
+        with ExitStack() as stack:
+            for module, name, value in changes:
+                stack.enter_context(patch.object(module, name, value))
             step_of(bench, f"GPT-2, {title}", w, profiled=False)
     if bench.cuda:
         step_of(bench, "GPT-2, CUDA graphs", w, profiled=False, graphs=True)
@@ -239,12 +262,12 @@ def float8(bench: Bench) -> None:
     for sequences in (1, 4):
         of_shape = replace(LLAMA_8B_BLOCKS, sequence=LLAMA_8B_BLOCKS.sequence // sequences)
         w, in_bf16 = of_model(bench, of_shape, sequences), None
-        for recipe in ("none", "tensorwise", "rowwise", "blockwise"):
-            title = f"{w.layers} blocks, {sequences} x {w.sequence}, " + ("bf16" if recipe == "none" else recipe)
-            step_of(bench, title, replace(w, fp8=recipe), profiled=sequences == 1 and recipe in ("none", "tensorwise"))
+        for fp8 in ("none", "tensorwise", "rowwise", "blockwise"):
+            title = f"{w.layers} blocks, {sequences} x {w.sequence}, " + ("bf16" if fp8 == "none" else fp8)
+            step_of(bench, title, replace(w, fp8=fp8), profiled=sequences == 1 and fp8 in ("none", "tensorwise"))
             rate = next((row.get("tokens/s") for row in reversed(bench.rows) if row["name"] == title), None)
-            in_bf16 = rate if recipe == "none" else in_bf16
-            if rate and in_bf16 and recipe != "none":
+            in_bf16 = rate if fp8 == "none" else in_bf16
+            if rate and in_bf16 and fp8 != "none":
                 bench.row(f"{title} over bf16", ratio=rate / in_bf16)
 
 
@@ -255,9 +278,12 @@ def compiled(bench: Bench) -> None:
 
 
 def beside_plain(bench: Bench) -> None:
-    """A compiled loop of plain torch and ours, in turn; a ratio is taken within a pair."""
-    for title, w in (("GPT-2", of_model(bench, GPT2)), ("Llama", of_model(bench, LLAMA))):
-        for number in (1, 2):
+    """A compiled loop of plain torch and ours, in turn; a ratio is taken within a pair. Llama also with the largest
+    micro-batch that fits, where fewer updates stand beside as many products."""
+    models = ("GPT-2", of_model(bench, GPT2), 2), ("Llama", of_model(bench, LLAMA), 1)
+    largest = "Llama, micro-batch 16", of_model(bench, LLAMA, 16), 1
+    for title, w, rounds in (*models, largest):
+        for number in range(1, rounds + 1):
             if bench.cuda:
                 torch.set_float32_matmul_precision("high")
 
