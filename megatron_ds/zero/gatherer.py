@@ -68,6 +68,7 @@ class Gatherer:
         self._agreement = comm.open_agreement(axis) if self._numbers else None
         self._owner = {id(p): bucket for bucket in self._buckets for p in bucket.tensors}
         self._classes = {id(p): type(p) for bucket in self._buckets for p in bucket.tensors}
+        self._codes: dict[int, bool] = {}  # of each gathered bucket: as FP8 codes alone
         self._users = {id(b): [unit for unit in units if b in unit.buckets] for b in self._buckets}
         self._explicit: Counter[int] = Counter()  # bucket -> gathered() contexts open on it
         self._idle: list[FlatBucket] = []  # nobody holds them; freed when the next gather needs memory
@@ -259,8 +260,8 @@ class Gatherer:
     def _acquire_for_caller(self, tensor: Tensor) -> None:
         """A view of a parameter that a module returns, such as rows of a table: its caller computes with it."""
         parameter: Any = tensor if tensor._base is None else tensor._base
-        if id(parameter) in self._owner:
-            self.adopt(parameter)
+        if id(parameter) in self._owner and not self.adopt(parameter):
+            self._users[id(self._owner[id(parameter)])][0].unseen = True
 
     def _at_end(self, here: bool) -> None:
         if here and not self._running:
@@ -285,7 +286,9 @@ class Gatherer:
     def _gather(self, buckets: Sequence[FlatBucket], ahead: bool = True) -> None:
         """Make them whole: all of them are under way before the first is waited for. ``ahead``: and start the next."""
         missing = [bucket for bucket in buckets if not self._is_gathered(bucket)]
-        self._idle = [bucket for bucket in self._idle if bucket not in buckets]
+        for bucket in [bucket for bucket in self._idle if bucket in buckets]:
+            self._idle.remove(bucket)
+            self._mark_whole(bucket)
         if not missing:
             return
         self._free_idle()
@@ -295,8 +298,8 @@ class Gatherer:
             bucket.finish_gather() if bucket in away else bucket.parameters.serve()
         for bucket in missing:
             bucket.finish_gather()
-            for parameter in bucket.tensors:
-                parameter.__class__ = self._classes[id(parameter)] if bucket.parameters.exactly else CodesAlone
+            self._codes[id(bucket)] = not bucket.parameters.exactly
+            self._mark_whole(bucket)
         self._order += missing
         if ahead:
             self._start_all(self._ahead())
@@ -334,10 +337,14 @@ class Gatherer:
         return found
 
     def _release(self, unit: Unit) -> None:
-        """Its buckets, where nobody needs them any more, are freed when another one is gathered, at the latest."""
+        """Its buckets, where nobody needs them any more, are freed when another one is gathered, at the latest.
+
+        They are marked at once: whoever touches one of their parameters until then has to be noticed.
+        """
         for bucket in unit.buckets:
             if not (self._is_acquired(bucket) or self.keep or bucket in self._idle) and self._is_gathered(bucket):
                 self._idle.append(bucket)
+                self._mark_sharded(bucket)
 
     def _is_acquired(self, bucket: FlatBucket) -> bool:
         return any(user.holds for user in self._users[id(bucket)]) or self._explicit[id(bucket)] > 0
@@ -345,18 +352,24 @@ class Gatherer:
     def _free_unheld(self, buckets: Sequence[FlatBucket]) -> None:
         self._idle = [bucket for bucket in self._idle if bucket not in buckets]
         for bucket in buckets:
-            if self._is_gathered(bucket) and not self._is_acquired(bucket):
-                self._free(bucket)
+            if self._is_gathered(bucket):
+                self._mark_whole(bucket) if self._is_acquired(bucket) else self._free(bucket)
 
     def _free_idle(self) -> None:
         self._free_unheld(self._idle)
 
     def _free(self, bucket: FlatBucket) -> None:
+        self._mark_whole(bucket)  # it looks at what was written
         bucket.release()
+        del self._codes[id(bucket)]
         self._mark_sharded(bucket)
 
     def _is_gathered(self, bucket: FlatBucket) -> bool:
-        return bool(bucket.tensors) and not isinstance(bucket.tensors[0], ShardedPlaceholder)
+        return bool(bucket.tensors) and id(bucket) in self._codes
+
+    def _mark_whole(self, bucket: FlatBucket) -> None:
+        for parameter in bucket.tensors:
+            parameter.__class__ = CodesAlone if self._codes[id(bucket)] else self._classes[id(parameter)]
 
     def _mark_sharded(self, bucket: FlatBucket) -> None:
         for parameter in bucket.tensors:
@@ -364,10 +377,15 @@ class Gatherer:
             parameter.zero_gatherer = self  # type: ignore[attr-defined]
 
     def adopt(self, parameter: nn.Parameter) -> bool:
-        """Gather a released parameter for the innermost running module; False if none is running."""
-        if not self._running:
+        """Gather a released parameter for the innermost running module; False if none is running.
+
+        True, too, of one that no gather has freed yet: it stays until the step is over, whoever computes with it.
+        """
+        bucket = self._owner[id(parameter)]
+        if not (self._running or bucket in self._idle):
             return False
-        unit, bucket = self._running[-1][0], self._owner[id(parameter)]
+        unit = self._running[-1][0] if self._running else self._users[id(bucket)][0]
+        unit.unseen |= not self._running
         if bucket not in unit.buckets:
             unit.buckets.append(bucket)
             self._users[id(bucket)].append(unit)

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 from torch.utils._pytree import tree_flatten
 
 from megatron_ds.errors import ShardedParameterError
@@ -57,6 +58,8 @@ class ShardedPlaceholder(nn.Parameter):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is torch.autograd.grad:  # of a place in the graph; no values are needed
+            return func(args[0], list(map(_edge, args[1])), **kwargs)
         if func not in _HARMLESS:
             for leaf in tree_flatten((args, kwargs))[0]:
                 if isinstance(leaf, ShardedPlaceholder) and not leaf.__dict__["zero_gatherer"].adopt(leaf):
@@ -71,6 +74,13 @@ class ShardedPlaceholder(nn.Parameter):
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"ShardedPlaceholder({spec_of(self).name}, shape={list(self.shape)}, its values are sharded)"
+
+
+def _edge(tensor: Tensor) -> Any:
+    if not isinstance(tensor, ShardedPlaceholder):
+        return tensor
+    with torch._C.DisableTorchFunctionSubclass():
+        return get_gradient_edge(tensor)
 
 
 @cache
