@@ -45,6 +45,8 @@ class FirstInputs:
 
 def _is_plain(tensor: Tensor) -> bool:
     """Whether it has values of its own in a row of memory; a sparse or a nested one is not worth the trouble."""
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):  # where the model is called inside of torch.func.vmap
+        return False
     return tensor.layout is torch.strided and not tensor.is_nested and not tensor.is_meta
 
 

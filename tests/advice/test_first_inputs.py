@@ -73,6 +73,7 @@ def test_a_digest_tells_values_apart_and_takes_any_inputs() -> None:
     assert of(("no tensor",)) == 0
     nested = torch.nested.nested_tensor([x, x[:2]], layout=torch.jagged)
     assert of((torch.eye(2).to_sparse(), nested, torch.empty(3, device="meta"))) == 0
+    torch.func.vmap(lambda row: row * of(row))(x.view(3, 2))  # no memory that could be looked at
     assert of(torch.tensor([1 + 2j])) != 0
     assert of(x.view(3, 2)[:, 1]) == of(x[1::2].clone()) != of(x[::2])  # a column
     assert of(x.view(1, 6)[:, 2]) == of(x[2:3].clone()) != of(x[3:4])  # of one row: contiguous, with a stride of 6
