@@ -182,7 +182,7 @@ class HFFolder(WeightFolder):
 
     def __init__(self, path: Path):
         self.path = path
-        if not path.exists():
+        if not os.path.lexists(path):
             raise CheckpointError(not_there(path))
         if (path / ADAPTER).is_file():
             raise CheckpointError(

@@ -336,7 +336,7 @@ def test_conversations_that_a_row_cuts_are_counted_and_said(tmp_path: Path) -> N
     folder = bpe_folder(tmp_path / "t", CHATML)
     documents(folder, [*CHATS, *CHATS[1:] * 2])
     length = min(len(ids) for ids, _ in documents(folder, [*CHATS, *CHATS[1:] * 2]))
-    common: dict[str, Any] = {"split": "1", "vocab_size": 400, "seed": 0, "options": SampleOptions(conversations=True)}
+    common: dict[str, Any] = {"split": "1", "vocab_size": 320, "seed": 0, "options": SampleOptions(conversations=True)}
     enough, short = (open_sources(str(folder / "out"), sequence_length=s, **common) for s in (200, length - 2))
     assert enough.notes == ()
     (note,) = short.notes
