@@ -168,7 +168,9 @@ def norm(
             # The widest rows beside a dropout have no registers for the weights, nor wide numbers shared memory.
             hold = not (drop and block > 8192 and dtype.itemsize == 2)
             stages = STAGES if block * tile_rows * (x.itemsize + (0 if base is None else base.itemsize)) < 65536 else 2
-            norm_kernel[(persistent(x, triton.cdiv(count, tile_rows), warps, RESIDENT_WARPS),)](
+            # Triton 3.6 gives LayerNorm of a sum beside a dropout so many registers that a third less fit.
+            resident = RESIDENT_WARPS if rms or not drop else RESIDENT_WARPS * 2 // 3
+            norm_kernel[(persistent(x, triton.cdiv(count, tile_rows), warps, resident),)](
                 *tensors, *strides, count, columns, eps, threshold, 1.0 / (1.0 - p),
                 RMS=rms, HAS_BIAS=bias is not None, HAS_RESIDUAL=fused, DROP=drop, ONCE=not rms and dtype.itemsize == 2,
                 HOLD=hold, ROWS=tile_rows, BLOCK=block, STAGES=stages, num_warps=warps,
