@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from math import prod
+from math import inf, prod
 
 import torch
 
@@ -27,6 +27,8 @@ from megatron_ds.shard import ShardSpec, real_dtype, spec_of
 
 ALIGN = 32
 """Elements to whose multiple parameters and slices are aligned: 64 bytes of bf16, 128 of fp32."""
+BYTES_ALONE = inf
+"""Of a bucket's gradients, on a rank that exchanges nothing."""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ that are summed in fp32.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -18,14 +17,13 @@ import torch
 
 from megatron_ds.config import OffloadConfig, ZeroConfig
 from megatron_ds.kernels.quantized_blocks import packed_bytes
-from megatron_ds.zero.buckets import BucketLayout, ParameterInfo, plan_buckets, state_dtype
+from megatron_ds.zero.buckets import BYTES_ALONE, BucketLayout, ParameterInfo, plan_buckets, state_dtype
 from megatron_ds.zero.byte_table import KINDS, PLACES, STATE, RankBytes
 from megatron_ds.zero.nodes import AxisSizes, node_size
 from megatron_ds.zero.store import placement
 from megatron_ds.zero.store.blocks import BlockPool
 
 _PLACE_OF_STORE = (("none", "device"), ("cpu", "host"), ("nvme", "disk"))
-BYTES_ALONE = math.inf  # of a bucket of a rank that exchanges nothing
 _WINDOW = 2  # buckets of gradients that are reduced at one time
 _OVERLAP = 3  # regions in staging: one is read, one updated, one written
 

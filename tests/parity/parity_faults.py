@@ -20,7 +20,7 @@ from torch import Tensor
 
 from megatron_ds import comm
 from megatron_ds.comm.local.shared_buffers import LocalSlots
-from megatron_ds.layers import attention, linear, loss, norm
+from megatron_ds.layers import attention, linear, loss, norms
 from megatron_ds.mesh import Axis
 from megatron_ds.models import transformer
 from megatron_ds.optim.muon import MuonUpdate, orthogonalize
@@ -96,12 +96,12 @@ def gradient_doubled() -> AbstractContextManager[Any]:
 
 
 def norm_gradients_not_summed_over_tp() -> AbstractContextManager[Any]:
-    replicated = norm.replicated_parameter
+    replicated = norms.replicated_parameter
 
     def whole(name: str, shape: Any, init: Any, tp: Axis, partial: bool, **keywords: Any) -> Any:
         return replicated(name, shape, init, tp, False, **keywords)
 
-    return patch.object(norm, "replicated_parameter", whole)
+    return patch.object(norms, "replicated_parameter", whole)
 
 
 def bias_before_the_reduction() -> AbstractContextManager[Any]:
