@@ -499,11 +499,9 @@ def test_an_answer_that_takes_too_long_is_ended(running: Running, monkeypatch: p
     assert status == 504 and "taken too long" in answer["error"]["message"]
     assert running.idle(), "it is still computed"
     monkeypatch.setattr(running.server.engine, "_seconds", 1.0)
-    stream = running.client.completions.create(
-        model="tiny", prompt="a", max_tokens=110, stream=True, extra_body={"ignore_eos": True}
-    )
+    fields: dict[str, Any] = {"model": "tiny", "prompt": "a", "max_tokens": 110, "extra_body": {"ignore_eos": True}}
     with pytest.raises(openai.APIError, match="taken too long"):
-        for _ in stream:
+        for _ in running.client.completions.create(**fields, stream=True):
             pass
     assert running.idle(), "it is still computed"
     monkeypatch.undo()
@@ -513,9 +511,9 @@ def test_an_answer_that_takes_too_long_is_ended(running: Running, monkeypatch: p
 def test_a_body_that_does_not_come_is_not_waited_for(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(openai_server, "_BODY_SECONDS", 0.3)
     with socket.create_connection(("127.0.0.1", running.port), timeout=60) as slow:
-        head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {KEY}\r\ncontent-length: 99\r\n\r\n"
-        slow.sendall(head.encode() + b'{"prompt":')
-        said = slow.recv(4096).decode()
+        head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {KEY}\r\nconnection: close\r\n"
+        slow.sendall(f"{head}content-length: 99\r\n\r\n".encode() + b'{"prompt":')
+        said = b"".join(iter(lambda: slow.recv(4096), b"")).decode()
     assert said.startswith("HTTP/1.1 408") and "within 0.3 s" in said
 
 
