@@ -21,7 +21,7 @@ _PEER = re.compile(r"connection (closed|reset|refused)|broken pipe|time(d |-)?ou
 
 
 def blames_peer(error: BaseException | str) -> bool:
-    """Whether a collective has failed, or what is said of it, because another rank is gone or does not come."""
+    """Whether a collective's error, or its text, says that another rank is gone or does not answer."""
     return isinstance(error, RuntimeError | str) and _PEER.search(str(error)) is not None
 
 

@@ -98,29 +98,32 @@ def keep_texts_files(
     Raises:
         CheckpointError, DataError: they cannot be read, or not be written.
     """
-    if spec is None and prefixes and not (checkpoints / TOKENIZER).is_dir():
-        spec = tokenizer_of(prefixes[0])
+    tokenizer = None
     if spec is not None:
-        keep_tokenizer(spec, checkpoints, vocab_size)
+        tokenizer = load_tokenizer(spec, fast=False)
+    elif prefixes and not (checkpoints / TOKENIZER).is_dir():
+        spec, tokenizer = _tokenizer_of(prefixes[0])
+    if spec is not None and tokenizer is not None:
+        keep_tokenizer(spec, tokenizer, checkpoints, vocab_size)
     if conversations and prefixes and (checkpoints / TOKENIZER).is_dir():
-        special = load_tokenizer(spec or checkpoints / TOKENIZER, fast=False).special
-        if template := template_of_dataset(prefixes[0], special):
+        tokenizer = tokenizer or load_tokenizer(checkpoints / TOKENIZER, fast=False)
+        if template := template_of_dataset(prefixes[0], tokenizer.special):
             keep_template(template, checkpoints)
 
 
-def keep_tokenizer(spec: str, checkpoints: Path, vocab_size: int) -> None:
+def keep_tokenizer(spec: str, tokenizer: Tokenizer, checkpoints: Path, vocab_size: int) -> None:
     """Keep the tokenizer that a run is trained with beside its checkpoints, so that exports and servers find it.
 
-    In place of another one that came with the model: its tokens then end and begin a text.
+    It replaces one that came with the model, also as the source of the ids that begin and end a text.
 
     Args:
-        spec: as for :func:`load_tokenizer`.
+        spec: where the tokenizer was loaded from.
         vocab_size: of the model that is trained.
 
     Raises:
-        CheckpointError, DataError: it cannot be read, or not be written.
+        CheckpointError: its files cannot be read, or not be written.
     """
-    tokenizer, target = load_tokenizer(spec, fast=False), checkpoints / TOKENIZER
+    target = checkpoints / TOKENIZER
     inside = Path(spec).absolute().is_relative_to(target.absolute())
     if inside or has_tokenizer(checkpoints, tokenizer.fingerprint):
         return
@@ -139,13 +142,14 @@ def keep_tokenizer(spec: str, checkpoints: Path, vocab_size: int) -> None:
                 write_json(checkpoints / REST / name, {**kept, **sizes, **special_tokens(tokenizer)})
 
 
-def tokenizer_of(prefix: str) -> str | None:
-    """Where the tokenizer is that made a dataset; None where that is not known, or another one is there now."""
-    made_with = (read_manifest(prefix) or {}).get("tokenizer")
-    with contextlib.suppress(DataError):
-        if made_with and load_tokenizer(made_with["spec"], fast=False).fingerprint == made_with["xxh3"]:
-            return str(made_with["spec"])
-    return None
+def _tokenizer_of(prefix: str) -> tuple[str, Tokenizer] | tuple[None, None]:
+    """The tokenizer that made a dataset, and where it is; None where that is not known, or another one is there now."""
+    if made_with := (read_manifest(prefix) or {}).get("tokenizer"):
+        with contextlib.suppress(DataError):
+            tokenizer = load_tokenizer(made_with["spec"], fast=False)
+            if tokenizer.fingerprint == made_with["xxh3"]:
+                return str(made_with["spec"]), tokenizer
+    return None, None
 
 
 def keep_template(template: ChatTemplate, checkpoints: Path) -> None:

@@ -35,7 +35,11 @@ def _leave_signals_to_the_first() -> None:
 
 
 def _end_after(first: int, last_words: float = 5.0) -> None:
-    """The first rank, process ``first``, may be gone before this one has reached it, which would go on trying."""
+    """End this process soon after its parent, the first rank, has ended: it may still be trying to reach it.
+
+    Args:
+        first: the parent's process id. last_words: seconds that this rank has to say what has happened.
+    """
     while os.getppid() == first:
         time.sleep(1.0)
     time.sleep(last_words)

@@ -111,7 +111,7 @@ class Ranks:
 
     @contextlib.contextmanager
     def exchange(self) -> Iterator[None]:
-        """Around whatever the ranks exchange; one at a time.
+        """Context of the collectives of a step or of a heartbeat, of which one is under way at a time.
 
         Raises:
             ConfigError: another rank has ended, has not answered within ``rank_timeout``, or waits in the middle of an

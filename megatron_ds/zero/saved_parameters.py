@@ -13,14 +13,14 @@ from megatron_ds.zero.flat import FlatBucket
 
 
 class _Saved:
-    """A tensor in a graph, which dies with the graph."""
+    """A saved tensor of a graph; it is freed with the graph."""
 
     def __init__(self, tensor: Tensor):
         self.tensor = tensor
 
 
 class SavedParameters:
-    """Finds out which of some gathered buckets a graph has saved parameters of, or views of them."""
+    """Which of these gathered buckets an autograd graph needs: it has saved parameters of theirs, or views of them."""
 
     def __init__(self, buckets: Sequence[FlatBucket]):
         self._owner = {_storage(parameter): bucket for bucket in buckets for parameter in bucket.tensors}
@@ -28,7 +28,7 @@ class SavedParameters:
 
     @contextmanager
     def noting(self) -> Iterator[None]:
-        """Note what is saved inside."""
+        """Context in which what autograd saves is noted."""
 
         def pack(tensor: Tensor) -> Tensor | _Saved:
             if (storage := _storage(tensor)) not in self._owner:

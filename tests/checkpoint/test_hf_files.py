@@ -114,7 +114,7 @@ def test_the_tokenizer_that_a_run_names_goes_with_it(folder: Path, tmp_path: Pat
     import_hf(folder, tmp_path / "ours")
     (tmp_path / "ours" / "tokenizer" / "chat_template.jinja").write_text("{{ mine }}")
     for same in (folder, tmp_path / "ours" / "tokenizer" / "tokenizer.json"):
-        keep_tokenizer(str(same), tmp_path / "ours", 131)
+        keep_tokenizer(str(same), load_tokenizer(str(same), fast=False), tmp_path / "ours", 131)
     assert (tmp_path / "ours" / "tokenizer" / "chat_template.jinja").read_text() == "{{ mine }}"
     said: list[str] = []
     bare = fine_tuned(tmp_path / "ours", tmp_path / "bare", vocab_size=140)
@@ -129,7 +129,7 @@ def test_the_tokenizer_that_a_run_names_goes_with_it(folder: Path, tmp_path: Pat
     (tmp_path / "own" / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>"}')
     grown = fine_tuned(tmp_path / "ours", tmp_path / "grown", vocab_size=140)
     for run in (bare, grown):
-        keep_tokenizer(str(tmp_path / "own"), run, 140)
+        keep_tokenizer(str(tmp_path / "own"), load_tokenizer(str(tmp_path / "own"), fast=False), run, 140)
         export_hf(run, tmp_path / run.name / "back", warn=said.append)
         for name in ("tokenizer.json", "tokenizer_config.json"):
             assert (run / "back" / name).read_bytes() == (tmp_path / "own" / name).read_bytes()

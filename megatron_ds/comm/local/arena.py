@@ -1,8 +1,8 @@
 """Memory that the ranks of one host read from each other directly, instead of through a socket.
 
 What one CPU rank sends to another is copied into the kernel and out again, with CPU time that is taken from the cores
-that compute. Where all ranks of an axis run on one Linux host their flat buffers lie
-in an arena that every rank of the axis maps, and a reduction is one read of the neighbour's memory.
+that compute. Where all ranks of an axis run on one Linux host their flat buffers lie in an arena that every rank of the
+axis maps, and a reduction is one read of the neighbour's memory.
 
 Data goes through the arena, *order* goes through pipes (see ``tokens.py``): a rank that has finished writing sends a
 token, and a rank that has received it may read. So there is no spinning and no atomic.
