@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -42,6 +44,9 @@ from megatron_ds.train.launch import RankInfo, connect
 from megatron_ds.train.step import TrainStep
 from megatron_ds.zero.optimizer import ZeroOptimizer
 
+_TENSORS_RELEASED = 0.2
+"""Seconds at the end of a script in which gloo's threads release the tensors of its last collective. They take Python's
+lock for that, and one that asks for it when Python has ended aborts the process (``terminate called ...``)."""
 Configuration = EngineConfig | Mapping[str, Any] | str | Path | None
 
 
@@ -234,6 +239,7 @@ def start_ranks(config: EngineConfig) -> RankInfo:
             store = connect(place, config.timeout)
             backend = "nccl" if device.type == "cuda" else "gloo"
             init_process_group(backend, place.rank, place.world_size, store, config.timeout)
+            atexit.register(time.sleep, _TENSORS_RELEASED)
         return place
     local = int(os.environ.get("LOCAL_RANK", torch.cuda.current_device() if torch.cuda.is_available() else 0))
     return RankInfo(dist.get_rank(), dist.get_world_size(), local, int(os.environ.get("LOCAL_WORLD_SIZE", local + 1)))
